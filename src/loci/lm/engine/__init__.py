@@ -1,0 +1,1 @@
+"""Engines: what runs a model one step at a time."""
