@@ -3,7 +3,6 @@
 LociError
 ├── BadInput                 what was given cannot be used (also a ValueError)
 │   ├── EmptyNote            text without a word in it
-│   ├── NoteTooLong          more bytes than one note holds
 │   ├── BadDate              a date or time that cannot be read
 │   ├── UnknownSpace         a space that the store does not hold
 │   ├── UnknownNote          a note id that the space does not hold
@@ -50,10 +49,6 @@ class BadInput(LociError, ValueError):
 
 
 class EmptyNote(BadInput):
-    pass
-
-
-class NoteTooLong(BadInput):
     pass
 
 

@@ -97,7 +97,7 @@ def speed(
     """How fast notes are written and read.
 
     A memory is filled with invented conversations and timed at each size, embedding included. 10,000 notes take
-    about a minute, 100,000 about ten.
+    about a minute.
 
     \b
     Examples:

@@ -30,14 +30,12 @@ from loci.text.amem_rules import AMemConfig, Batch, NewNote, RuleWriter
 from loci.text.construct import Description
 from loci.text.erase import erase
 from loci.text.index import SpaceIndex
-from loci.text.moments import now_micros, to_micros
+from loci.text.moments import DAY, now_micros, to_micros
 from loci.text.organizer import Found, Link, Note, NoteKind, Organizer, Version, Written
 from loci.text.search import Hit, Query, search
 from loci.text.store import Store
 from loci.text.times import parse_at, parse_span, spans_of_question
 from loci.text.transaction import NoteState, Transaction
-
-_DAY = 86_400_000_000  # microseconds
 
 
 class AMem(Organizer):
@@ -100,7 +98,7 @@ class AMem(Organizer):
             the file, so it is 0 for a note that fits into pages in use.
 
         Raises:
-            EmptyNote, BadDate, UnknownNote, NoteTooLong, StoreError.
+            EmptyNote, BadDate, UnknownNote, RecalledText, StoreError.
         """
         return self.write_many([NewNote(text=text, source=source, at=at, reply_to=reply_to, kind=kind, meta=meta)])[0]
 
@@ -411,7 +409,7 @@ class AMem(Organizer):
         now = now_micros()
 
         def utility(row: Any) -> tuple[bool, float, int]:
-            age = max(now - (row.last_used_at or row.written_at), 0) / _DAY
+            age = max(now - (row.last_used_at or row.written_at), 0) / DAY
             value = float(np.exp(-age / (60.0 * (1 + row.uses)))) * (1 + row.links)
             return (row.status == "live", value, row.note)
 

@@ -31,7 +31,7 @@ from loci.text.construct import (
 )
 from loci.text.erase import RULES
 from loci.text.index import SpaceIndex
-from loci.text.moments import to_micros
+from loci.text.moments import DAY, to_micros
 from loci.text.organizer import Link, LinkKind, NoteKind, TimeSpan, Written
 from loci.text.recall import refuse_recalled
 from loci.text.search import SearchConfig, document_frequencies, idf
@@ -41,8 +41,6 @@ from loci.text.times import parse_at, resolve, says_zone
 from loci.text.topics import TopicClusters
 from loci.text.transaction import Draft, NoteState, Transaction, digest
 from loci.text.words import scan, terms
-
-_DAY = 86_400_000_000  # microseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +229,7 @@ class RuleWriter:
                 return state.note if not ready.spans or draft.said_at.date() == ready.said_at.date() else None
         rows = transaction.connection.execute(_SAME, {"space": self.space, "key": key, "source": source})
         for row in rows:
-            if not ready.spans or abs(row.said_at - said_at) < _DAY:
+            if not ready.spans or abs(row.said_at - said_at) < DAY:
                 return int(row.note)
         return None
 
@@ -319,7 +317,7 @@ class RuleWriter:
         return sorted(near, key=lambda pair: (-pair[1], pair[0]))[: self.config.neighbours]
 
     def _session_topics(self, batch: Batch, said_at: int) -> tuple[str, ...]:
-        """The keywords that the session's latest turns share or begin with, at most two."""
+        """The keywords that the latest turns of the same talk share or begin with, at most two."""
         scores: dict[str, float] = {}
         for moment, words in batch.recent[-self.config.recent :]:
             if 0 <= said_at - moment <= self.config.session_hours * 3_600_000_000:

@@ -2,7 +2,8 @@
 
 Two float16 matrices (content, described) and a few numbers a note. Row order is note order. The index catches up
 before each use: the space's journal says which notes have changed since, also when another process wrote them.
-Held bytes: 4 * dimension + 30 a note; opening reads them once (about 0.6 s at 10^5 notes of 384 numbers).
+Held bytes: 4 * dimension + 30 a note; opening reads them once (0.06 s at 10^4 notes of
+384 numbers).
 
 The product of a query with all rows is exact and runs at memory speed (numkong; 77 MB in 6 ms at 10^5 notes).
 """

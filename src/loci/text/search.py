@@ -4,7 +4,7 @@ Each *part* gives every live note of the space a number; min-max normalised over
 
     content_cosine, described_cosine   the question's vector against the note's two vectors
     content_words, described_words     BM25 over the postings of the content and of content with description
-    named                              the question names the note's speaker, or an entity that the note mentions
+    speaker, entity                    the question names who said the note, or somebody or something it mentions
     time                               the question speaks of a time in which the note was said, or of which it speaks
     dated                              the question asks when, and the note speaks of a time
 
@@ -13,7 +13,7 @@ says the missing half in other words is pulled in by the note it belongs to.
 
 Source  A-MEM's retrieval (Xu et al. 2025, section 3.4) is cosine plus linked notes; the sum of parts and the spread are
         ours, measured in `loci bench locomo`.
-Cost    linear in the notes of the space for the two products (12 ms at 10^5) and the normalisation; postings of the
+Cost    linear in the notes of the space for the two products and the normalisation; postings of the
         question's terms, at most `most_postings`; links of two hops.
 """
 
@@ -30,7 +30,7 @@ from sqlalchemy import Connection, bindparam, select
 
 from loci.text import schema
 from loci.text.index import SpaceIndex
-from loci.text.moments import to_micros
+from loci.text.moments import DAY, to_micros
 from loci.text.organizer import TimeSpan
 from loci.text.words import fold, scan, terms
 
@@ -229,14 +229,11 @@ def _times(connection: Connection, index: SpaceIndex, spans: Sequence[TimeSpan])
             select(table.c.note)
             .where(table.c.space == index.space, table.c.start < end, table.c.end > start)
             # A note that speaks of a whole year says little about one of its days.
-            .where(table.c.end - table.c.start <= 4 * max(end - start, _DAY))
+            .where(table.c.end - table.c.start <= 4 * max(end - start, DAY))
         ).all()
         at = index.rows(speaking)
         scores[at[at >= 0]] = 1.0
     return scores
-
-
-_DAY = 86_400_000_000  # microseconds
 
 
 def spread(connection: Connection, index: SpaceIndex, total: Scores, *, config: SearchConfig) -> Scores:
