@@ -143,6 +143,6 @@ def test_a_short_training_makes_an_artifact_that_reads(
 @pytest.mark.slow
 def test_the_shipped_reader_clears_its_bars(default_model: LanguageModel, data: Path) -> None:
     figures = evaluate(model=default_model, squad=data / "squad", locomo_data=data / "locomo", bare=False)
-    assert figures["reader"]["squad_f1_guess"] >= BARS["squad_f1"]  # with its refusals counted as wrong it has 0.586
+    assert figures["reader"]["squad_f1"] >= BARS["squad_f1"]
     assert figures["reader"]["locomo_f1"] >= BARS["locomo_f1"]
     assert figures["reader"]["refusal_auroc"] >= BARS["refusal_auroc"]

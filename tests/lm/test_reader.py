@@ -132,6 +132,18 @@ def test_the_shipped_reader_answers_dates_names_and_refuses(reader: Reader) -> N
     assert absent.confidence < min(answer.confidence for answer in answers)
 
 
+def test_an_answer_from_documents_is_a_quotation_and_one_from_a_conversation_need_not_be(bare: Reader) -> None:
+    texts = ["The lighthouse was built in 1851 by Ana Duarte.", "Its lamp burned whale oil; today it is electric."]
+    questions = ["Who built it?", "What did the lamp burn?"]
+    documents = [Passage(text=text) for text in texts]
+    for answer in bare.answer_many(questions, documents, max_tokens=8):
+        assert answer.guess
+        assert any(answer.guess in text for text in texts)
+    spoken = [Passage(text=text, said_by="Ruth") for text in texts]
+    guesses = [answer.guess for answer in bare.answer_many(questions, spoken, max_tokens=8)]
+    assert not all(any(guess in text for text in texts) for guess in guesses)  # the bare model goes its own ways
+
+
 def test_loading_the_reader_leaves_the_model_as_it_was(default_model: LanguageModel, reader: Reader) -> None:
     ours = default_model.model.model.layers[0].self_attn.q_proj.weight
     theirs = reader.model.model.model.layers[0].self_attn.q_proj.weight

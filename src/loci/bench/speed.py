@@ -1,7 +1,7 @@
 """How fast notes are written and read, and what they take: one memory filled to a size, then timed.
 
 The notes are turns of invented conversations (`loci.bench.invented`), so their words, names and dates are drawn as in
-real ones. Timed, embedding included: bulk writing in transactions of 256, as an import does, single writes, and reads
+real ones. Timed, embedding included: bulk writing in transactions of 512, as an import does, single writes, and reads
 of questions that were not asked before. The slope of the read between the sizes is what one more note costs.
 """
 
@@ -25,7 +25,7 @@ from loci.text.amem import AMem, NewNote
 from loci.text.store import Store
 
 Progress = Callable[[str, int, int], None]
-_BATCH = 256  # notes in one transaction of the bulk
+_BATCH = 512  # notes in one transaction of the bulk
 
 
 @dataclass(frozen=True, kw_only=True)

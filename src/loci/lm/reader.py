@@ -1,10 +1,12 @@
 """The reader: answers a question from given passages, in a few words, or says that they do not hold the answer.
 
 A model of 135M parameters that is asked to answer from passages mostly repeats the question. The reader is the same
-model with a trained adapter (`loci.lm.train`) and two changes to how it reads, both ours to choose:
+model with a trained adapter (`loci.lm.train`) and three changes to how it reads and writes, all ours to choose:
 
 - the passages are read *both ways*: each of their tokens sees all others, before and after it; so does the question.
   Only the answer is written left to right (a prefix language model, arXiv:1910.10683);
+- an answer from documents is a quotation: where no passage was said by anyone, only runs of its words may be written.
+  Notes of a conversation are answered in the reader's own words ("7 May 2023", "two");
 - the passages do not see the question. One reading of them serves any number of questions: `answer_many` computes their
   keys and values once, and training packs all questions about a text into one sequence.
 
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loci.errors import BadInput, BadModel, ContextTooLong
+from loci.lm.constrain import Constraint, Substring
 from loci.lm.model import LanguageModel
 from loci.lm.train import Artifact, Branch, Example, attach, load_artifact
 
@@ -245,6 +248,9 @@ class Reader:
         if max_tokens < 1:
             raise BadInput(f"max_tokens is {max_tokens}; at least 1 is needed for an answer.")
         prompts = [self.prompts.question(question, now=now) for question in questions]
+        quoted = None
+        if passages and all(passage.said_by is None for passage in passages):
+            quoted = Substring(self.model, [render(passage) for passage in passages])
         room = self.model.window - max_tokens - max(map(len, prompts))
         prefix, dropped = self.prompts.passages(passages, room=room)
         readings: list[Reading] = []
@@ -254,11 +260,16 @@ class Reader:
             at_once = max(1, min(_QUESTIONS_AT_ONCE, _TOKENS_AT_ONCE // len(prefix)))
             for start in range(0, len(prompts), at_once):
                 chosen = prompts[start : start + at_once]
-                readings += self._decode(prefix, copy.deepcopy(held), chosen, max_tokens)
+                readings += self._decode(prefix, copy.deepcopy(held), chosen, max_tokens, quoted)
         return readings, dropped
 
     def _decode(
-        self, prefix: list[int], cache: DynamicCache, prompts: list[list[int]], max_tokens: int
+        self,
+        prefix: list[int],
+        cache: DynamicCache,
+        prompts: list[list[int]],
+        max_tokens: int,
+        constraint: Constraint | None,
     ) -> list[Reading]:
         import torch
 
@@ -280,8 +291,12 @@ class Reader:
         written: list[list[int]] = [[] for _ in prompts]
         chances: list[list[float]] = [[] for _ in prompts]
         open_rows = [True] * count
+        states = [constraint.start() for _ in prompts] if constraint is not None else []
         place = torch.tensor([[len(prefix) + len(prompt)] for prompt in prompts])
         for step in range(max_tokens):
+            for row, state in enumerate(states):
+                if open_rows[row]:
+                    scores[row, ~torch.from_numpy(state.allowed()).to(scores.device)] = -torch.inf
             best, token = scores.max(-1)
             for row in range(count):
                 if open_rows[row]:
@@ -289,6 +304,8 @@ class Reader:
                     open_rows[row] = int(token[row]) != self.prompts.end
                     if open_rows[row]:
                         written[row].append(int(token[row]))
+                        if states:
+                            states[row].accept(int(token[row]))
             if not any(open_rows) or step == max_tokens - 1:
                 break
             real = torch.cat([real, torch.ones((count, 1), dtype=torch.bool)], dim=1)

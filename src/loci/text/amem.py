@@ -26,7 +26,7 @@ from loci import errors
 from loci.lm.chat import ChatModel
 from loci.lm.embed import Embedder
 from loci.text import amem_model, schema
-from loci.text.amem_rules import AMemConfig, Batch, NewNote, RuleWriter
+from loci.text.amem_rules import AMemConfig, NewNote, RuleWriter
 from loci.text.construct import Description
 from loci.text.erase import erase
 from loci.text.index import SpaceIndex
@@ -447,7 +447,9 @@ class AMem(Organizer):
             with self.store.reading():
                 row = index.rows([number])[0]
                 vector = index.content[row].astype(np.float32) if row >= 0 and index.dimension else None
-                near = self.writer.nearest(index, Batch(topics=None, recent=[]), vector, besides=number)
+                near: list[tuple[int, float]] = []
+                if vector is not None:
+                    near = index.nearest(vector[None], self.config.neighbours, besides=number)[0]
                 if near and near[0][1] < self.config.model_from:
                     near = []
             notes = {

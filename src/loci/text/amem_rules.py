@@ -7,14 +7,14 @@ whole within its own transaction. `RuleWriter` is the write path of `loci.text.a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32
-from sqlalchemy import bindparam, select
+from sqlalchemy import Row, Select, bindparam, select
 
 from loci import errors
 from loci.lm.embed import Embedder
@@ -94,6 +94,9 @@ class NewNote:
 class _Prepared:
     """An item after everything that needs no lock: checked, dated, cut and embedded."""
 
+    key: bytes  # digest of the text
+    terms: list[str]  # of the text, in order
+
     item: NewNote
     text: str
     said_at: datetime
@@ -102,6 +105,7 @@ class _Prepared:
     part_of: int | None  # place of the first part, for texts that were split
     place: int  # of the item in the caller's list
     vector: Float32[np.ndarray, " dimension"] | None = None
+    near: list[tuple[int, float]] = field(default_factory=list)  # stored notes, nearest first, with their cosine
 
 
 @dataclass(kw_only=True)
@@ -110,10 +114,15 @@ class Batch:
 
     topics: TopicClusters | None  # None without an embedder
     recent: list[tuple[int, tuple[str, ...]]]  # said_at and keywords of the latest turns, oldest first
+    live: int = 0  # stored notes
+    stored_same: dict[bytes, list[tuple[str | None, int, int]]] = field(default_factory=dict)  # source, said_at, note
+    stored_frequency: dict[str, int] = field(default_factory=dict)
+    stored_holders: dict[str, list[int]] = field(default_factory=dict)  # of rare terms only
+    same: dict[tuple[bytes, str | None], NoteState] = field(default_factory=dict)
     frequency: Counter[str] = field(default_factory=Counter)
     holders: dict[str, list[int]] = field(default_factory=dict)
     states: list[NoteState] = field(default_factory=list)
-    vectors: list[Float32[np.ndarray, " dimension"]] = field(default_factory=list)
+    vectors: Float32[np.ndarray, "room dimension"] | None = None  # of `states`, with room for all of the batch
     before: dict[int, tuple[Description, Float32[np.ndarray, " dimension"] | None]] = field(default_factory=dict)
     links: dict[int, list[tuple[int, LinkKind, float, str]]] = field(default_factory=dict)
     evolved: dict[int, list[int]] = field(default_factory=dict)
@@ -147,6 +156,7 @@ class RuleWriter:
                 self._claim(transaction)
                 index = self.store.index(self.space)  # under the lock: another process may have written before it
                 batch = self.batch(transaction)
+                self._look_up(transaction, index, batch, prepared)
                 placed: dict[int, tuple[NoteState | None, int]] = {}
                 firsts: dict[int, int] = {}
                 for ready in prepared:
@@ -155,12 +165,12 @@ class RuleWriter:
                     if ready.item.reply_to is not None:
                         reply_to = self.store.number(self.space, ready.item.reply_to)
                     parent = firsts.get(ready.part_of) if ready.part_of is not None else None
-                    same = None if parent is not None else self._same(transaction, batch, ready)
+                    same = None if parent is not None else self._same(batch, ready)
                     if same is not None:
                         transaction.heard_again(same)
                         placed.setdefault(ready.place, (None, same))
                         continue
-                    state = self._place(transaction, index, batch, ready, reply_to, parent)
+                    state = self._place(transaction, batch, ready, reply_to, parent)
                     firsts.setdefault(ready.place, state.note)
                     placed.setdefault(ready.place, (state, state.note))
                 self.embed(transaction, batch)
@@ -196,6 +206,8 @@ class RuleWriter:
                 spans = resolve(text, said_at) if self.config.times else []
                 prepared.append(
                     _Prepared(
+                        key=digest(text),
+                        terms=terms(text),
                         item=item,
                         text=text,
                         said_at=said_at,
@@ -217,38 +229,55 @@ class RuleWriter:
         self._topics = None  # until the transaction has succeeded, what it changes here must not be used again
         return Batch(topics=topics, recent=[(row.said_at, tuple(row.keywords)) for row in reversed(rows)])
 
-    def _same(self, transaction: Transaction, batch: Batch, ready: _Prepared) -> int | None:
+    def _look_up(
+        self, transaction: Transaction, index: SpaceIndex, batch: Batch, prepared: Sequence[_Prepared]
+    ) -> None:
+        """Ask for all items together what the database tells of each: same words, frequencies, holders, neighbours."""
+        batch.live = int(index.live.sum())
+        keys = list(dict.fromkeys(ready.key for ready in prepared))
+        for row in _in_parts(transaction, _SAME, "keys", keys):
+            batch.stored_same.setdefault(row.sha256, []).append((row.source, row.said_at, row.note))
+        wanted = list(dict.fromkeys(term for ready in prepared for term in ready.terms))
+        for start in range(0, len(wanted), _AT_ONCE):
+            found = document_frequencies(transaction.connection, self.space, wanted[start : start + _AT_ONCE])
+            batch.stored_frequency |= {term: said for term, (said, _) in found.items()}
+        rare = [term for term, notes in batch.stored_frequency.items() if 0 < notes < self.config.rare[1]]
+        for row in _in_parts(transaction, _HOLDERS, "terms", sorted(rare)):
+            batch.stored_holders.setdefault(row.term, []).append(row.note)
+        vectors = [ready.vector for ready in prepared if ready.vector is not None]
+        if vectors:
+            batch.vectors = np.empty((len(vectors), len(vectors[0])), dtype=np.float32)
+            nearest = index.nearest(np.stack(vectors), self.config.neighbours)
+            for ready, near in zip(prepared, nearest, strict=True):
+                ready.near = near
+
+    def _same(self, batch: Batch, ready: _Prepared) -> int | None:
         """The note that holds exactly these words of this speaker already.
 
         Words that speak of a day relative to their own ("I ran today") say something new on another day.
         """
-        key, source, said_at = digest(ready.text), ready.item.source, to_micros(ready.said_at)
-        for state in batch.states:
-            draft = state.draft
-            if draft is not None and digest(state.content) == key and draft.source == source:
-                return state.note if not ready.spans or draft.said_at.date() == ready.said_at.date() else None
-        rows = transaction.connection.execute(_SAME, {"space": self.space, "key": key, "source": source})
-        for row in rows:
-            if not ready.spans or abs(row.said_at - said_at) < DAY:
-                return int(row.note)
+        source, said_at = ready.item.source, to_micros(ready.said_at)
+        state = batch.same.get((ready.key, source))
+        if state is not None and state.draft is not None:
+            return state.note if not ready.spans or state.draft.said_at.date() == ready.said_at.date() else None
+        for by, moment, note in batch.stored_same.get(ready.key, ()):
+            if by == source and (not ready.spans or abs(moment - said_at) < DAY):
+                return note
         return None
 
     def _place(
         self,
         transaction: Transaction,
-        index: SpaceIndex,
         batch: Batch,
         ready: _Prepared,
         reply_to: int | None,
         parent: int | None,
     ) -> NoteState:
         """Describe, add, link and let evolve: one note, by rules."""
-        near = self.nearest(index, batch, ready.vector)
+        near = self._nearest(batch, ready)
         earlier = transaction.state(reply_to) if reply_to is not None else None
-        said = terms(ready.text)
-        found = document_frequencies(transaction.connection, self.space, said)
-        frequency = {term: found.get(term, (0, 0))[0] + batch.frequency[term] for term in said}
-        live = max(int(index.live.sum()) + len(batch.states), 1)
+        frequency = {term: batch.stored_frequency.get(term, 0) + batch.frequency[term] for term in ready.terms}
+        live = max(batch.live + len(batch.states), 1)
         listener = earlier.source if earlier is not None else None
         speakers = {name for name in (ready.item.source, listener) if name}
         words = keywords(
@@ -294,27 +323,14 @@ class RuleWriter:
             self._evolve(transaction, batch, state, earlier, near, renamed)
         return state
 
-    def nearest(
-        self,
-        index: SpaceIndex,
-        batch: Batch,
-        vector: Float32[np.ndarray, " dimension"] | None,
-        *,
-        besides: int | None = None,
-    ) -> list[tuple[int, float]]:
-        """The nearest notes by content, nearest first, as (note, cosine); `besides` is left out."""
-        if vector is None:
-            return []
-        near: list[tuple[int, float]] = []
-        if len(index.note):
-            cosines = np.where(index.live & (index.note != besides), index.cosine(vector, field="content"), -1.0)
-            some = min(self.config.neighbours, len(cosines))
-            rows = np.argpartition(-cosines, some - 1)[:some]
-            near = [(int(index.note[row]), float(cosines[row])) for row in rows if cosines[row] > -1.0]
-        if batch.vectors:
-            cosines = np.stack(batch.vectors) @ vector
-            near += [(state.note, float(c)) for state, c in zip(batch.states, cosines, strict=True)]
-        return sorted(near, key=lambda pair: (-pair[1], pair[0]))[: self.config.neighbours]
+    def _nearest(self, batch: Batch, ready: _Prepared) -> list[tuple[int, float]]:
+        """The nearest notes by content, stored or of this batch, nearest first, as (note, cosine)."""
+        if ready.vector is None or batch.vectors is None or not batch.states:
+            return ready.near
+        cosines = batch.vectors[: len(batch.states)] @ ready.vector
+        places = np.argsort(-cosines, kind="stable")[: self.config.neighbours]
+        fresh = [(batch.states[place].note, float(cosines[place])) for place in places]
+        return sorted([*ready.near, *fresh], key=lambda pair: (-pair[1], pair[0]))[: self.config.neighbours]
 
     def _session_topics(self, batch: Batch, said_at: int) -> tuple[str, ...]:
         """The keywords that the latest turns of the same talk share or begin with, at most two."""
@@ -347,7 +363,7 @@ class RuleWriter:
                     transaction.state(note).content
                 )
                 found.append((note, "similar", cosine, "says the same" if same else "is near in meaning"))
-        shared = self._holders(transaction, batch, words, frequency)
+        shared = self._holders(batch, words, frequency)
         for word, holders in shared.items():
             for note in holders:
                 found.append((note, "entity", 1.0 / len(holders), f"both speak of {word}"))
@@ -355,18 +371,15 @@ class RuleWriter:
             transaction.link(state.note, note, kind, weight, reason, made_by=RULES)
             batch.links.setdefault(state.note, []).append((note, kind, weight, reason))
 
-    def _holders(
-        self, transaction: Transaction, batch: Batch, words: Sequence[str], frequency: Mapping[str, int]
-    ) -> dict[str, list[int]]:
+    def _holders(self, batch: Batch, words: Sequence[str], frequency: Mapping[str, int]) -> dict[str, list[int]]:
         """For each keyword that few notes share, the other notes that hold it."""
         low, high = self.config.rare
         # The note itself counts as one of the holders.
         rare = {term: word for word in words for term in terms(word) if low <= frequency.get(term, 0) + 1 <= high}
         held: dict[str, list[int]] = {}
-        if rare:
-            rows = transaction.connection.execute(_HOLDERS, {"space": self.space, "terms": list(rare)})
-            for term, note in rows:
-                held.setdefault(rare[term], []).append(note)
+        for term in sorted(rare):
+            if term in batch.stored_holders:
+                held.setdefault(rare[term], []).extend(batch.stored_holders[term])
         for term, word in rare.items():
             held.setdefault(word, []).extend(batch.holders.get(term, ()))
         return {word: list(dict.fromkeys(notes)) for word, notes in held.items() if notes}
@@ -428,10 +441,11 @@ class RuleWriter:
         batch.frequency.update(said)
         for term in said:
             batch.holders.setdefault(term, []).append(state.note)
+        batch.same.setdefault((ready.key, ready.item.source), state)
         batch.states.append(state)
-        if ready.vector is None or batch.topics is None:
+        if ready.vector is None or batch.topics is None or batch.vectors is None:
             return {}
-        batch.vectors.append(ready.vector)
+        batch.vectors[len(batch.states) - 1] = ready.vector
         batch.touched.add(batch.topics.add(ready.vector, ready.text))
         return batch.topics.renamed()
 
@@ -481,7 +495,10 @@ class RuleWriter:
     ) -> list[Written]:
         others = [other for links in batch.links.values() for other, *_ in links]
         changed = [note for notes in batch.evolved.values() for note in notes]
-        ids = self.store.ids(self.space, [*others, *changed, *(note for _, note in placed.values())])
+        ids = {state.note: state.id for state in batch.states}
+        wanted = {*others, *changed, *(note for _, note in placed.values())} - ids.keys()
+        if wanted:
+            ids |= self.store.ids(self.space, sorted(wanted))
         fresh = max(sum(state is not None for state, _ in placed.values()), 1)
         receipts = []
         for place in range(items):
@@ -517,15 +534,32 @@ _RECENT = (
     .order_by(_notes.c.note.desc())
     .limit(bindparam("latest"))
 )
-_SAME = select(_notes.c.note, _notes.c.said_at).where(
-    _notes.c.space == bindparam("space"),
-    _notes.c.sha256 == bindparam("key"),
-    _notes.c.source.is_not_distinct_from(bindparam("source")),
-    _notes.c.status == "live",
+_SAME = (
+    select(_notes.c.sha256, _notes.c.source, _notes.c.said_at, _notes.c.note)
+    .where(
+        _notes.c.space == bindparam("space"),
+        _notes.c.sha256.in_(bindparam("keys", expanding=True)),
+        _notes.c.status == "live",
+    )
+    .order_by(_notes.c.note)
 )
-_HOLDERS = select(_words.c.term, _words.c.note).where(
-    _words.c.space == bindparam("space"), _words.c.term.in_(bindparam("terms", expanding=True)), _words.c.content > 0
+_HOLDERS = (
+    select(_words.c.term, _words.c.note)
+    .where(
+        _words.c.space == bindparam("space"),
+        _words.c.term.in_(bindparam("terms", expanding=True)),
+        _words.c.content > 0,
+    )
+    .order_by(_words.c.term, _words.c.note)
 )
+_AT_ONCE = 500  # values in one IN (...)
+
+
+def _in_parts(transaction: Transaction, statement: Select[Any], name: str, values: Sequence[Any]) -> Iterator[Row[Any]]:
+    """The rows of a statement whose bound list `name` is given in parts."""
+    for start in range(0, len(values), _AT_ONCE):
+        bound = {"space": transaction.space, name: list(values[start : start + _AT_ONCE])}
+        yield from transaction.connection.execute(statement, bound)
 
 
 def with_clause(description: Description, clause: str) -> Description:

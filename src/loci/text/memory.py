@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from loci.lm.reader import Reader
 
 ORGANIZERS = ("amem",)
-_AT_ONCE = 256  # notes in one transaction of an import: an interruption loses at most these, and reads them again
+_AT_ONCE = 512  # notes in one transaction of an import: an interruption loses at most these, and reads them again
 _SHOWN = 10  # notes that a question is answered from; the small reader answers best from few
 
 Progress = Callable[[int], None]

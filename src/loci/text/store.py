@@ -243,9 +243,10 @@ class Store:
         """The number of the note with this id, or with an id that begins so. Raises `UnknownNote`."""
         table = schema.notes
         with self.reading() as connection:
-            numbers = connection.scalars(
-                select(table.c.note).where(table.c.space == space, table.c.id.startswith(id, autoescape=True)).limit(2)
-            ).all()
+            numbers = connection.scalars(_NUMBER, {"space": space, "id": id}).all()
+            if not numbers:
+                begins = select(table.c.note).where(table.c.space == space, table.c.id.startswith(id, autoescape=True))
+                numbers = connection.scalars(begins.limit(2)).all()
         if len(numbers) == 1 and id:
             return int(numbers[0])
         what = "more than one note" if numbers else "no note"
@@ -280,11 +281,8 @@ class Store:
         return [found[number] for number in (numbers if numbers is not None else found) if number in found]
 
     def ids(self, space: int, numbers: Sequence[int]) -> dict[int, str]:
-        table = schema.notes
         with self.reading() as connection:
-            rows = connection.execute(
-                select(table.c.note, table.c.id).where(table.c.space == space, table.c.note.in_(numbers))
-            )
+            rows = connection.execute(_IDS, {"space": space, "numbers": numbers})
             return {row.note: row.id for row in rows}
 
     def _spans(
@@ -518,6 +516,14 @@ def _check_file(path: Path) -> None:
             f"the folder {path.parent} cannot be made ({error.strerror}): choose another path with --db."
         ) from error
 
+
+# Made once: building a statement costs more than running it.
+_NUMBER = select(schema.notes.c.note).where(
+    schema.notes.c.space == bindparam("space"), schema.notes.c.id == bindparam("id")
+)
+_IDS = select(schema.notes.c.note, schema.notes.c.id).where(
+    schema.notes.c.space == bindparam("space"), schema.notes.c.note.in_(bindparam("numbers", expanding=True))
+)
 
 _BYTES_IN_USE = (
     "SELECT (page_count - freelist_count) * page_size"
