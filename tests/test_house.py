@@ -23,7 +23,26 @@ SOURCE = PROJECT / "src" / "loci"
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Modules that may import torch and its friends at their top: whoever imports them wants exactly that.
-HEAVY = {"loci.lm.engine.hf", "loci.lm.minilm"}
+HEAVY = {
+    "loci.bench.medusa_recipe",
+    "loci.bench.probe_recipe",
+    "loci.decoding.hidden_transfer",
+    "loci.decoding.medusa",
+    "loci.decoding.ppd",
+    "loci.decoding.probes",
+    "loci.lm.engine.cuda",
+    "loci.lm.engine.hf",
+    "loci.lm.engine.native",
+    "loci.lm.engine.native.build",
+    "loci.lm.engine.native.engine",
+    "loci.lm.engine.native.gguf_file",
+    "loci.lm.engine.native.library",
+    "loci.lm.engine.native.weights",
+    "loci.lm.engine.output",
+    "loci.lm.engine.packed",
+    "loci.lm.engine.slots",
+    "loci.lm.minilm",
+}
 NOT_FOR_IMPORT = {"loci.__main__", "loci.text.migrations.env"}  # run by Python and by alembic
 
 EXTRAS = [
@@ -270,7 +289,7 @@ def test_a_built_system_is_held_independent_of_its_neighbours(system: catalog.Sy
 
 SHIPPED = re.compile(
     r"(py\.typed|catalog\.toml|[a-z_]+/artifacts/[a-z0-9_-]+\.(safetensors|json)|cli/demo_(conversation|questions)\.jsonl?|bench/invented\.json"
-    r"|text/migrations/script\.py\.mako)"
+    r"|text/migrations/script\.py\.mako|lm/engine/native/csrc/[a-z_]+\.(cpp|h))"
 )
 
 

@@ -58,8 +58,9 @@ class System:
 
     @property
     def test(self) -> str:
-        """The system's test file, relative to the project's folder."""
-        return f"tests/{self.room}/test_{self.name}.py"
+        """The system's test file, relative to the project's folder: it is called after the module."""
+        name = self.module.rpartition(".")[2] if self.module else self.name
+        return f"tests/{self.room}/test_{name}.py"
 
     @property
     def built(self) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loci.cli import main
+from loci.lm.model import LanguageModel
 
 CONVERSATION = {
     "sample_id": "kiln",
@@ -76,3 +77,43 @@ def test_data_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureF
     err = capsys.readouterr().err
     assert "nothing" in err
     assert err.startswith("DataNotFound: ")
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    row = {"question_id": 2, "task": "qa", "category": "qa", "turns": ["xyz xyz xyz"]}
+    (tmp_path / "question.jsonl").write_text(json.dumps(row))
+    return tmp_path
+
+
+def test_drafters_are_measured_beside_plain_decoding_and_told_as_json(
+    tiny_model: LanguageModel, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(questions), "--model", str(tiny_model.folder), "--dtype", "float32", "--engine", "hf"]
+    options = ["--drafter", "lookup", "--drafter", "auto", "--max-new-tokens", "8", "--no-timings", "--json"]
+    assert main(["bench", "decode", *words, *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in found["rows"]] == ["plain", "lookup", "auto"]
+    wanted = {"name", "engine", "tokens_per_step", "tokens_per_second", "ratio_to_plain", "identical", "bytes", "exact"}
+    assert all(wanted <= set(row) for row in found["rows"])
+    assert found["rows"][2]["identical"] == 1
+
+
+def test_decoding_is_shown_as_a_table_and_a_missing_peer_is_explained(
+    tiny_model: LanguageModel, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(questions), "--model", str(tiny_model.folder), "--engine", "hf", "--peers", "llama.cpp"]
+    assert main(["bench", "decode", *words, "--drafter", "lookup", "--max-new-tokens", "8", "--limit", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].startswith("name")
+    assert out.splitlines()[2].startswith("lookup")
+    assert "llama.cpp was left out" in err
+    assert "a step on hf behind" in err
+
+
+def test_a_drafter_that_does_not_exist_is_answered_with_its_neighbour(
+    tiny_model: LanguageModel, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(questions), "--model", str(tiny_model.folder), "--engine", "hf"]
+    assert main(["bench", "decode", *words, "--drafter", "lokup"]) == 2
+    assert "'lookup'" in capsys.readouterr().err

@@ -91,5 +91,5 @@ def test_without_a_name_the_written_claims_are_listed(
 
 
 def test_a_claim_that_is_not_written_yet_is_no_mystery(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["claim", "medusa"]) == 2
-    assert "medusa has no claim yet: it is planned" in capsys.readouterr().err
+    assert main(["claim", "lssl"]) == 2
+    assert "lssl has no claim yet: it is planned" in capsys.readouterr().err

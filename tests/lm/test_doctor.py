@@ -30,6 +30,8 @@ def test_figures_are_measured(default_model, monkeypatch):
     assert report.model.name == bundled.NAME
     assert report.model.parameters == default_model.parameters
     assert report.model.tokens_per_second > 0.1
+    assert report.model.engine in {"native", "packed", "hf"}
+    assert report.model.engine not in report.model.slower_because
     assert report.model.converted
     assert report.model.describes is False
     assert "rules" in report.model.descriptions

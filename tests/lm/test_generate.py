@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,14 +63,16 @@ def reference(model, prompt: str | Sequence[Message], count: int) -> list[int]:
 def test_greedy_tokens_equal_those_of_transformers(default_model):
     prompts = [*PROMPTS, [Message(role="user", content="Name three colours.")]]
     for prompt in prompts:
-        assert list(generate(default_model, prompt, max_new_tokens=24).tokens) == reference(default_model, prompt, 24)
+        found = generate(default_model, prompt, max_new_tokens=24, engine="hf")
+        assert list(found.tokens) == reference(default_model, prompt, 24)
 
 
 def test_a_batch_with_drafts_equals_single_plain_runs_on_the_default_model(default_model):
     for sampling in (Sampling(), SAMPLED):
-        single = [generate(default_model, text, max_new_tokens=10, sampling=sampling, seed=5) for text in PROMPTS]
-        options = {"max_new_tokens": 10, "sampling": sampling, "seed": [5, 5, 5]}
-        drafted = generate(default_model, PROMPTS, drafter=[Lookup(), Lookup(), Lookup()], **options)
+        options = {"max_new_tokens": 10, "sampling": sampling, "engine": "hf"}
+        single = [generate(default_model, text, seed=5, **options) for text in PROMPTS]
+        drafters = [Lookup(), Lookup(), Lookup()]
+        drafted = generate(default_model, PROMPTS, drafter=drafters, seed=[5, 5, 5], **options)
         assert [one.tokens for one in drafted] == [one.tokens for one in single]
         assert [one.text for one in drafted] == [one.text for one in single]
 
@@ -244,6 +247,9 @@ class OnlyLetters:
             raise BadInput("forbidden")
         self.count += 1
 
+    def fork(self) -> OnlyLetters:
+        return copy.copy(self)
+
     @property
     def finished(self) -> bool:
         return self.count >= 6
@@ -314,7 +320,7 @@ def test_a_prompt_longer_than_the_window_says_both_sizes(tiny_model):
 
 
 def test_statistics_add_up(tiny_model):
-    one, two = generate(tiny_model, ["abc", "defgh"], max_new_tokens=12, stop=Stop(eos=False))
+    one, two = generate(tiny_model, ["abc", "defgh"], max_new_tokens=12, stop=Stop(eos=False), engine="hf")
     total = one.stats + two.stats
     assert total.new_tokens == 24
     assert total.prompt_tokens == 8
@@ -339,7 +345,7 @@ def test_an_empty_batch_is_an_empty_list(tiny_model):
         ({"max_nodes": 0}, BadInput, "max_nodes"),
         ({"prompt": ["a", "b"], "seed": [1]}, BadInput, "2 prompts were given 1 seeds"),
         ({"prompt": ["a", "b"], "drafter": [Lookup()]}, BadInput, "2 texts were given 1 drafters"),
-        ({"drafter": Lookup(Needs(hooks=True))}, Unsupported, "hooks"),
+        ({"drafter": Lookup(Needs(hooks=True))}, BadInput, "no `injections`"),
     ],
 )
 def test_wrong_options_are_refused(tiny_model, options, error, says):
@@ -353,18 +359,284 @@ def test_a_stream_refuses_at_once(tiny_model):
         stream(tiny_model, "")
 
 
-def test_sampled_laws_are_refused_when_sampling(tiny_model):
-    drafter = Lookup()
-    drafter.law = "iid"
-    with pytest.raises(Unsupported, match="law"):
-        generate(tiny_model, "abc", sampling=SAMPLED, drafter=drafter)
-
-
 def test_a_draft_under_another_root_is_refused(tiny_model):
     drafter = Lookup()
     drafter.propose = lambda state: TokenTree.root(3)
     with pytest.raises(BadInput, match="root"):
         generate(tiny_model, "abc", drafter=drafter)
+
+
+class Dice:
+    """Draws children without replacement (or independently) from a distribution of its own over a few tokens."""
+
+    name = "dice"
+    needs = Needs()
+    nbytes = 0
+
+    def __init__(self, tokens: Sequence[int], vocabulary: int, law: str) -> None:
+        self.law = law
+        self.q = np.zeros((1, vocabulary), dtype=np.float32)
+        self.q[0, list(tokens)] = np.arange(1, len(tokens) + 1) / sum(range(1, len(tokens) + 1))
+        self.seen: list[StepResult] = []
+
+    def start(self, state: DraftState, prefill: PrefillResult) -> None:
+        state.note("rolled")
+
+    def propose(self, state: DraftState) -> TokenTree:
+        tokens, parents, q_row = [state.tokens[-1]], [-1], [-1]
+        for parent in (0, 1):
+            if parent == len(tokens):
+                break
+            if self.law == "iid":
+                drawn = state.rng.choice(self.q.shape[1], size=3, p=self.q[0] / self.q[0].sum())
+            else:
+                with np.errstate(divide="ignore"):
+                    drawn = np.argsort(-(np.log(self.q[0]) + state.rng.gumbel(size=self.q.shape[1])))[:3]
+            q_row[parent] = 0
+            tokens.extend(drawn.tolist())
+            parents.extend([parent] * len(drawn))
+            q_row.extend([-1] * len(drawn))
+        return TokenTree(
+            tokens=np.array(tokens, dtype=np.int32),
+            parents=np.array(parents, dtype=np.int32),
+            law=self.law,
+            q=self.q,
+            q_row=np.array(q_row, dtype=np.int32),
+        )
+
+    def observe(self, result: StepResult) -> None:
+        self.seen.append(result)
+
+
+def two_tokens(model, prompt: str, kept: list[list[int]]) -> tuple[np.ndarray, list[int]]:
+    """Probabilities of the next two tokens at temperature 3 among those kept at each place."""
+    ids = model.encode(prompt)
+    wanted = np.ones((len(kept[0]), len(kept[1])))
+    with torch.inference_mode():
+        first = (model.model(torch.tensor([ids])).logits[0, -1, kept[0]].double() / 3).softmax(-1).numpy()
+        for place, token in enumerate(kept[0]):
+            second = (
+                (model.model(torch.tensor([[*ids, token]])).logits[0, -1, kept[1]].double() / 3).softmax(-1).numpy()
+            )
+            wanted[place] = first[place] * second
+    return wanted, ids
+
+
+class Turns:
+    """Letters of one set, then of the other, in turn; for ever."""
+
+    def __init__(self, vocabulary: int, sets: list[list[int]], place: int = 0) -> None:
+        self.vocabulary, self.sets, self.place = vocabulary, sets, place
+
+    def start(self) -> Turns:
+        return Turns(self.vocabulary, self.sets)
+
+    def fork(self) -> Turns:
+        return copy.copy(self)
+
+    def allowed(self) -> np.ndarray:
+        mask = np.zeros(self.vocabulary, dtype=bool)
+        mask[self.sets[self.place % 2]] = True
+        return mask
+
+    def accept(self, token: int) -> None:
+        if token not in self.sets[self.place % 2]:
+            raise BadInput("forbidden")
+        self.place += 1
+
+    @property
+    def finished(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("law", ["iid", "without_replacement"])
+def test_sampled_drafts_leave_the_distribution_as_it_is_under_a_constraint(tiny_model, law):
+    stats = pytest.importorskip("scipy.stats")
+    sets = [[97, 98, 99], [100, 101, 102]]
+    wanted, ids = two_tokens(tiny_model, "abcd", sets)
+    drafter = Dice([97, 98, 99, 100, 101, 102, 103], tiny_model.vocabulary, law)
+    engine, runs = HFEngine(tiny_model), 250
+    counts = np.zeros_like(wanted)
+    options = {"max_new_tokens": 2, "sampling": Sampling(temperature=3.0), "engine": engine, "drafter": drafter}
+    for seed in range(runs):
+        result = generate(tiny_model, ids, constraint=Turns(tiny_model.vocabulary, sets), seed=seed, **options)
+        counts[sets[0].index(result.tokens[0]), sets[1].index(result.tokens[1])] += 1
+    expected = wanted.ravel() * runs
+    rare = expected < 5
+    cells = [np.append(some[~rare], some[rare].sum()) for some in (counts.ravel(), expected)]
+    assert stats.chisquare(*cells).pvalue > 1e-4
+    assert any(len(result.accepted) > 1 for result in drafter.seen)
+    for result in drafter.seen:  # what the constraint forbids never ran
+        for node in range(1, result.tree.size):
+            place = int(result.tree.depth[node]) - 1
+            assert result.tree.tokens[node] in (*sets[0], *sets[1])
+            assert place > 0 or result.tree.tokens[node] in sets[0] or result.tree.tokens[0] in sets[0]
+
+
+@pytest.mark.parametrize("law", ["iid", "without_replacement"])
+def test_sampled_drafts_repeat_with_the_seed_and_are_counted(tiny_model, law):
+    tokens = tiny_model.encode("abcdef")
+    options = {"max_new_tokens": 40, "sampling": Sampling(temperature=1.0, top_k=8), "stop": Stop(eos=False)}
+    first, again, other = (
+        generate(tiny_model, "abc", drafter=Dice(tokens, tiny_model.vocabulary, law), seed=seed, **options)
+        for seed in (3, 3, 4)
+    )
+    assert first.tokens == again.tokens != other.tokens
+    assert first.stats.rule == "recursive rejection"
+    assert first.stats.exact
+    assert first.stats.notes == ["rolled"]
+    assert (first.stats + other.stats).notes == ["rolled"]
+
+
+def test_at_temperature_0_drafts_of_any_law_give_the_greedy_text(tiny_model):
+    plain = generate(tiny_model, "abc", max_new_tokens=40)
+    tokens = list(dict.fromkeys(plain.tokens))
+    for law in ("iid", "without_replacement"):
+        drafter = Dice(tokens, tiny_model.vocabulary, law)
+        drafted = generate(tiny_model, "abc", max_new_tokens=40, drafter=drafter)
+        assert drafted.tokens == plain.tokens
+        assert drafted.stats.rule == "greedy"
+
+
+def test_guesses_that_a_constraint_forbids_are_dropped_with_all_that_follows(tiny_model):
+    sets = [[97, 98], [99, 100]]
+    drafter = Lookup()
+    tree = TokenTree(
+        tokens=np.array([4, 97, 99, 99, 98, 98, 100], dtype=np.int32),
+        parents=np.array([-1, 0, 0, 1, 1, 0, 4], dtype=np.int32),
+    )
+    drafter.propose = lambda state: dataclasses.replace(
+        tree, tokens=np.array([state.tokens[-1], *tree.tokens[1:]], dtype=np.int32)
+    )
+    options = {"max_new_tokens": 12, "constraint": Turns(tiny_model.vocabulary, sets), "seed": 0, "sampling": SAMPLED}
+    plain = generate(tiny_model, "abc", **options)
+    drafted = generate(tiny_model, "abc", drafter=drafter, **options)
+    assert drafted.tokens == plain.tokens
+    checked = drafter.seen[0].tree
+    assert checked.tokens.tolist()[1:] == [97, 99, 98]
+    assert checked.parents.tolist() == [-1, 0, 1, 0]
+
+
+class Blind:
+    """Accepts whatever was guessed first, to show that a rule may be lossy and says so."""
+
+    name = "blind"
+    exact = False
+    laws = frozenset({"point"})
+
+    def walk(self, tree, logits, *, sampling, noise, allowed=None):
+        for node in tree.paths[0]:
+            children = tree.children[node]
+            yield node, int(tree.tokens[children[0]]) if children else int(np.argmax(logits(node)))
+
+
+def test_a_rule_that_is_not_exact_says_so(tiny_model):
+    result = generate(tiny_model, "abcabc", max_new_tokens=12, drafter=Lookup(), acceptance=Blind())
+    assert not result.stats.exact
+    assert result.stats.rule == "blind"
+    assert generate(tiny_model, "abcabc", max_new_tokens=12, drafter=Lookup()).stats.exact
+    dice = Dice([97, 98], tiny_model.vocabulary, "iid")
+    with pytest.raises(Unsupported, match='blind cannot check drafts of the law "iid"'):
+        generate(tiny_model, "abc", drafter=dice, acceptance=Blind(), sampling=SAMPLED)
+
+
+class Offered:
+    """An entry point as an installed package would offer it."""
+
+    name = "mine"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def load(self):
+        def make(model, argument: str) -> Lookup:
+            self.asked.append(argument)
+            return Lookup()
+
+        return make
+
+
+def test_a_drafter_by_name_is_made_anew_for_each_row(tiny_model, monkeypatch):
+    offered = Offered()
+    monkeypatch.setattr("loci.lm.draft.entry_points", lambda group: [offered])
+    batch = generate(tiny_model, ["abcabc", "x"], max_new_tokens=8, drafter="mine:some:where", seed=0)
+    assert offered.asked == ["some:where", "some:where"]
+    assert [one.stats.drafter for one in batch] == ["lookup", "lookup"]
+    assert generate(tiny_model, "abc", max_new_tokens=2, drafter="none").stats.drafter is None
+    with pytest.raises(BadInput, match=r"no drafter is called 'mime'. Did you mean 'mine'\? Known: mine, none"):
+        generate(tiny_model, "abc", drafter="mime")
+
+
+def test_auto_drafts_only_where_drafts_can_be_checked(tiny_model, monkeypatch):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    offered = Offered()
+    offered.name = "auto"
+    monkeypatch.setattr("loci.lm.draft.entry_points", lambda group: [offered])
+    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=6)
+    model = dataclasses.replace(tiny_model, model=MistralForCausalLM(config).eval())
+    assert generate(model, "abc", max_new_tokens=3, drafter="auto").stats.drafter is None
+    assert generate(tiny_model, "abc", max_new_tokens=3, drafter="auto").stats.drafter == "lookup"
+
+
+class Budgets(Lookup):
+    """Remembers the budgets that it is given, and may tell what its trees are worth."""
+
+    def __init__(self) -> None:
+        super().__init__(Needs())
+        self.budgets: list[int] = []
+
+    def propose(self, state: DraftState) -> TokenTree:
+        self.budgets.append(state.budget)
+        return TokenTree.root(state.tokens[-1])
+
+
+def test_the_budget_comes_from_measured_costs_where_there_are_some(tiny_model, monkeypatch):
+    from loci.lm.cost import StepCost, Where
+
+    engine = HFEngine(tiny_model)
+    options = {"max_new_tokens": 3, "engine": engine, "stop": Stop(eos=False)}
+    stored: list[StepCost] = []
+    monkeypatch.setattr(sys.modules["loci.lm.generate"], "known", lambda: stored)
+    drafter = Budgets()
+    generate(tiny_model, "abc", drafter=drafter, **options)
+    generate(tiny_model, ["abc"] * 4, drafter=[drafter, Budgets(), Budgets(), Budgets()], **options)
+    assert set(drafter.budgets) == {16, 4}
+    seconds = ((1.0, 1.0, 1.0, 4.0, 30.0),)  # from 9 nodes on a step costs far more
+    stored.append(
+        StepCost(
+            nodes=(1, 4, 8, 16, 64), contexts=(256,), seconds=seconds, spread=0.0, where=Where.of(tiny_model, engine)
+        )
+    )
+    drafter = Budgets()
+    generate(tiny_model, "abc", drafter=drafter, **options)
+    generate(tiny_model, ["abc"] * 2, drafter=[drafter, Budgets()], **options)
+    assert set(drafter.budgets) == {8, 4}
+    worthless = Budgets()
+    worthless.expected_tokens = lambda nodes: 1.0
+    generate(tiny_model, "abc", drafter=worthless, **options)
+    assert worthless.budgets == []  # not even asked: plain decoding is best
+
+
+@pytest.mark.parametrize("engine", ["auto", "hf", "packed"])
+def test_the_engine_can_be_named_and_tells_its_name(tiny_model, engine):
+    found = generate(tiny_model, "abc", max_new_tokens=8, engine=engine)
+    assert found.stats.engine == engine or engine == "auto"
+    assert found.tokens == generate(tiny_model, "abc", max_new_tokens=8, engine="hf").tokens
+
+
+def test_a_drafter_that_fails_in_the_middle_leaves_the_engine_usable(tiny_model):
+    engine, drafter = HFEngine(tiny_model), Lookup()
+
+    def fail(result: StepResult) -> None:
+        raise KeyboardInterrupt
+
+    drafter.observe = fail
+    with pytest.raises(KeyboardInterrupt):
+        generate(tiny_model, "abcabcabc", engine=engine, drafter=drafter)
+    after = generate(tiny_model, "abcabcabc", max_new_tokens=20, engine=engine, drafter=Lookup())
+    assert after.tokens == generate(tiny_model, "abcabcabc", max_new_tokens=20, engine="hf").tokens
 
 
 def test_an_empty_stop_string_is_refused():

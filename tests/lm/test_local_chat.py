@@ -108,17 +108,32 @@ def test_options_are_weighed_as_the_model_itself_weighs_them(model, language_mod
     assert shares == pytest.approx(list(expected), abs=0.03)  # bfloat16 sums in another order
 
 
+def test_the_engine_and_the_drafter_stay_from_turn_to_turn_and_change_no_answer(language_model):
+    drafting, plain = LocalChat(language_model), LocalChat(language_model, drafter="none")
+    messages = user("Count from one to twenty in words.")
+    first = drafting.complete(messages, max_tokens=24)[0]
+    kept = drafting._kept
+    assert kept is not None
+    assert kept.drafter is not None
+    assert kept.drafter.name.startswith("lookup+recycle")
+    assert "".join(drafting.stream(messages, max_tokens=24)) == first.text
+    assert drafting._kept is kept
+    assert plain.complete(messages, max_tokens=24)[0].text == first.text
+    assert plain._kept is not None
+    assert plain._kept.drafter is None
+
+
 def test_options_do_not_depend_on_how_they_are_grouped(model, monkeypatch):
     messages, options = user("What is the capital of France?"), ["Paris", "Paris, of course", "London is"]
     shares = model.choose(messages, options)
     for nodes in (4, 1):
-        engine = model._or_new("auto")
+        kept = model._new()
         monkeypatch.setattr(
-            engine,
+            kept.engine,
             "capabilities",
-            engine.capabilities.__class__(max_nodes=nodes, batch=False, hidden=True, hooks=False),
+            kept.engine.capabilities.__class__(max_nodes=nodes, batch=False, hidden=True, hooks=False),
         )
-        monkeypatch.setattr(model, "_kept", engine)
+        monkeypatch.setattr(model, "_kept", kept)
         assert model.choose(messages, options) == pytest.approx(shares, abs=0.03)
 
 

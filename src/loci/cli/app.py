@@ -60,6 +60,7 @@ COMMANDS: dict[str, Row] = {
     "export": Row("loci.cli.importing:export", "Write notes to a file, or to standard output."),
     "audit": Row("loci.cli.audit:audit", "Tell what a store holds, what was done with it, and whether it is sound."),
     "generate": Row("loci.cli.generate:generate", "Continue a prompt with a language model."),
+    "draft": Row("loci.cli.draft:draft", "Make drafters: what guesses ahead while text is generated."),
     "systems": Row("loci.cli.systems:systems", "List the 61 systems, or show one."),
     "cite": Row("loci.cli.systems:cite", "Print a system's paper as BibTeX."),
     "claim": Row("loci.cli.claim:claim", "Measure a paper's headline claim on this machine."),

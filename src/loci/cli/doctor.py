@@ -60,6 +60,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("model", _joined(model.name, _count(model.parameters, "parameters"), model.dtype, model.device)),
         ("", model.where),
         ("", _joined(_seconds(model.load_seconds, "to load"), _count(model.tokens_per_second, "tokens a second"))),
+        ("", f"engine {model.engine}" if model.engine else ""),
+        *(("", f"not {engine}: {why}") for engine, why in model.slower_because.items()),
         ("", f"missing: {model.problem}" if model.problem else model.descriptions),
         (
             "embedder",

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -74,6 +75,8 @@ class MachineReport:
 class ModelReport:
     """The language model that is used where none is named. `problem` says why it was not run, with the way out.
 
+    `engine` is the one that ran it, and `slower_because` says of each faster one that could not, why.
+
     `converted` is None for models that need no conversion. `describes`: whether the model is good enough to describe
     notes; if not, `descriptions` tells what is done instead.
     """
@@ -87,6 +90,8 @@ class ModelReport:
     parameters: int | None
     load_seconds: float | None
     tokens_per_second: float | None
+    engine: str | None
+    slower_because: Mapping[str, str]
     describes: bool | None
     descriptions: str
     problem: str | None
@@ -204,6 +209,8 @@ def _endpoint(url: str) -> ModelReport:
         parameters=None,
         load_seconds=None,
         tokens_per_second=None,
+        engine=None,
+        slower_because={},
         describes=True,
         descriptions="the endpoint's model describes notes",
         problem=None,
@@ -244,6 +251,8 @@ def _local(source: str, *, measure: bool) -> ModelReport:
             parameters=None,
             load_seconds=None,
             tokens_per_second=None,
+            engine=None,
+            slower_because={},
             describes=describes,
             descriptions=_descriptions(describes),
             problem=problem,
@@ -270,6 +279,7 @@ def _descriptions(describes: bool | None) -> str:
 
 def _run(source: str) -> ModelReport:
     from loci.lm.chat import Message
+    from loci.lm.engine.choose import choose, explain
     from loci.lm.generate import Stop, generate
     from loci.lm.load import load
     from loci.lm.local_chat import LocalChat
@@ -278,8 +288,9 @@ def _run(source: str) -> ModelReport:
     model = load(source)
     load_seconds = time.perf_counter() - start
     prompt = [Message(role="user", content=PROMPT)]
-    generate(model, prompt, max_new_tokens=2)  # the first steps lay out weights and kernels
-    result = generate(model, prompt, max_new_tokens=NEW_TOKENS, stop=Stop(eos=False))
+    engine = choose(model)
+    generate(model, prompt, max_new_tokens=2, engine=engine)  # the first steps lay out weights and kernels
+    result = generate(model, prompt, max_new_tokens=NEW_TOKENS, stop=Stop(eos=False), engine=engine)
     describes = LocalChat(model).can("describe")
     return ModelReport(
         name=model.name,
@@ -291,6 +302,8 @@ def _run(source: str) -> ModelReport:
         parameters=model.parameters,
         load_seconds=load_seconds,
         tokens_per_second=result.stats.decode_tokens_per_second,
+        engine=engine.name,
+        slower_because=explain(engine),
         describes=describes,
         descriptions=_descriptions(describes),
         problem=None,

@@ -8,14 +8,16 @@ Ours     one tree for every kind of drafter. The root is the last committed toke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32
 
-from loci.errors import BadInput
+from loci.errors import BadInput, UnknownName
+from loci.lm.model import LanguageModel
 from loci.lm.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -37,9 +39,10 @@ class TokenTree:
     kind: 0 a token, 1 a probe, whose input is an embedding, which is never accepted, and whose output goes to the
         drafter. None: tokens only.
     embeds: the inputs of the probes, in the order of the nodes.
-    law: how siblings were chosen, which fixes how they are verified.
-    q: the drafter's distribution at each node that has children; None under the law "point".
-    q_row: the row of `q` for a node's children, -1 for leaves; None where `q` is None.
+    law: how siblings were chosen, which fixes how they are verified. Siblings stand in the order in which they were
+        drawn, "iid" independently of each other, "without_replacement" each without the tokens before it.
+    q: the drafter's distributions, at least at each node that has children; None under the law "point".
+    q_row: the row of `q` at each node, -1 where there is none; None where `q` is None.
 
     Raises:
         BadInput: the order is not topological, a parent has two children with one token (laws "point" and
@@ -118,6 +121,25 @@ class TokenTree:
     def child(self, node: int, token: int) -> int | None:
         """The first child of `node` that carries `token`."""
         return next((child for child in self.children[node] if self.tokens[child] == token), None)
+
+    def pruned(self, keep: Bool[np.ndarray, " node"]) -> TokenTree:
+        """The tree of these nodes. What hangs under a node that goes, goes with it."""
+        keep = keep.copy()
+        keep[0] = True
+        for node in range(1, self.size):
+            keep[node] &= keep[self.parents[node]]
+        if keep.all():
+            return self
+        place = np.cumsum(keep) - 1
+        parents = np.where(self.parents >= 0, place[self.parents], -1)
+        return replace(
+            self,
+            tokens=self.tokens[keep],
+            parents=parents[keep].astype(np.int32),
+            kind=None if self.kind is None else self.kind[keep],
+            embeds=None if self.embeds is None else self.embeds[keep[self.is_probe]],
+            q_row=None if self.q_row is None else self.q_row[keep],
+        )
 
     @classmethod
     def root(cls, token: int) -> TokenTree:
@@ -230,19 +252,26 @@ class PrefillResult:
     hidden: Float[Tensor, "layer fed width"] | None = None
 
 
+def _nobody_listens(line: str) -> None:
+    pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class DraftState:
     """Where a row stands when a draft is asked for.
 
     tokens: all committed ids of the row; the last one is pending, the root of the next tree.
+    sampling: as the user asked. Under temperature 0 a drafter of a sampled law proposes its best guesses (law "point").
     rng: the drafter's own stream; never the verifier's noise.
     budget: nodes that a tree may have now, the root included.
+    note: what the drafter has to tell the user; each line stands once in the statistics.
     """
 
     tokens: Sequence[int]
     sampling: Sampling
     rng: np.random.Generator
     budget: int
+    note: Callable[[str], None] = _nobody_listens
 
     @property
     def position(self) -> int:
@@ -254,6 +283,8 @@ class DraftState:
 class StepResult:
     """What a step gave for one row: the outputs of every node, accepted or not.
 
+    tree: as it was checked: the proposal without what a constraint forbids; the root alone where no proposal was asked
+        for.
     logits: gives one node's row when it is called.
     accepted: nodes on the accepted path, from the root.
     bonus: the token drawn at the last of them; None when generation ended on the way.
@@ -273,14 +304,15 @@ class StepResult:
 @runtime_checkable
 class Drafter(Protocol):
     """Guesses what comes next. It never sees future text, never changes the model's weights, and may propose nothing
-    but the root; the step is then plain decoding."""
+    but the root; the step is then plain decoding. `law` is that of its trees when the user samples; each tree names its
+    own."""
 
     name: str
     needs: Needs
     law: Law
 
     def start(self, state: DraftState, prefill: PrefillResult) -> None:
-        """A new sequence begins. What was learnt from earlier ones may be kept."""
+        """A new sequence begins, perhaps while another was left unfinished. What was learnt before may be kept."""
 
     def propose(self, state: DraftState) -> TokenTree:
         """At least the root, `state.tokens[-1]`; at most `state.budget` nodes."""
@@ -291,3 +323,30 @@ class Drafter(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of parameters, tables and own caches, counted."""
+
+
+@runtime_checkable
+class Forecasting(Protocol):
+    """A drafter that can tell what a tree of its own is worth."""
+
+    def expected_tokens(self, nodes: int) -> float:
+        """New tokens per step with a tree of so many nodes, root included; 1 for the root alone."""
+
+
+def named_drafter(spec: str, model: LanguageModel) -> Drafter | None:
+    """The drafter of a name: "auto", "lookup", or with what it needs to know, "medusa:PATH". None for "none".
+
+    Installed packages offer drafters in the entry-point group "loci.drafters"; each is a function of the model and of
+    what stands behind the colon ("" for nothing).
+
+    Raises:
+        UnknownName: nothing installed offers a drafter of this name; those that are known are listed.
+    """
+    name, _, argument = spec.partition(":")
+    if name == "none":
+        return None
+    offered = {point.name: point for point in entry_points(group="loci.drafters")}
+    if name not in offered:
+        raise UnknownName.among("drafter", name, ("none", *offered))
+    drafter: Drafter = offered[name].load()(model, argument)
+    return drafter

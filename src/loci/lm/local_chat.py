@@ -1,8 +1,9 @@
 """A model on this machine behind the `ChatModel` seam.
 
 Ours  an answer to a schema is drawn under a mask, so it cannot be invalid; only `max_tokens` can cut it off. The cache
-      of the last answer is kept, so that a conversation that goes on is not read again from its beginning. Options are
-      compared in one pass over a tree of their tokens, on top of the messages that they share.
+      of the last answer is kept, so that a conversation that goes on is not read again from its beginning, and so is
+      the drafter, which knows the conversation better with every turn. Options are compared in one pass over a tree of
+      their tokens, on top of the messages that they share.
 Near  `endpoint` asks a remote model, and has to check and repair.
 """
 
@@ -14,7 +15,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32
@@ -31,7 +33,8 @@ from loci.lm.chat import (
     parse_answer,
 )
 from loci.lm.constrain import JsonSchema
-from loci.lm.draft import Needs, TokenTree
+from loci.lm.draft import Drafter, Needs, TokenTree, named_drafter
+from loci.lm.engine.choose import choose
 from loci.lm.generate import Stop, generate, stream
 from loci.lm.ledger import Ledger
 from loci.lm.sampling import Sampling
@@ -49,15 +52,19 @@ class LocalChat:
 
     Args:
         seed: makes sampled answers repeatable: the same messages and options give the same answers.
+        drafter: name of who guesses ahead, as `loci.lm.generate` takes it. It changes the speed, not the answers.
     """
 
-    def __init__(self, model: LanguageModel, *, ledger: Ledger | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self, model: LanguageModel, *, ledger: Ledger | None = None, seed: int | None = None, drafter: str = "auto"
+    ) -> None:
         self.model = model
         self.name = model.name
         self.ledger = ledger or Ledger()
         self.seed = seed
         self._lock = threading.Lock()
-        self._kept: StepEngine | None = None  # with the cache of the last single answer
+        self.drafter = drafter
+        self._kept: _Kept | None = None  # with the cache of the last single answer
         self._schemas_lock = threading.Lock()
         self._schemas: OrderedDict[str, JsonSchema] = OrderedDict()
 
@@ -79,7 +86,7 @@ class LocalChat:
         if tools:
             raise Unsupported(f"{self.name} runs here and calls no tools. Ask for the call as JSON, with schema=...")
         begun = time.perf_counter()
-        with self.ledger.call(purpose, self.name) as call, self._engine(single=n == 1) as engine:
+        with self.ledger.call(purpose, self.name) as call, self._engine(single=n == 1) as kept:
             answers = generate(
                 self.model,
                 [list(messages)] * n,
@@ -88,7 +95,8 @@ class LocalChat:
                 seed=self.seed,
                 stop=Stop(strings=tuple(stop)),
                 constraint=None if schema is None else self._constraint(schema),
-                engine=engine,
+                drafter=self.drafter if kept is None else kept.drafters(n),
+                engine="auto" if kept is None else kept.engine,
                 logprobs=logprobs,
             )
             seconds = time.perf_counter() - begun
@@ -144,9 +152,9 @@ class LocalChat:
                 f"the messages with their longest option have {longest:,} tokens, and {self.name} reads at most "
                 f"{self.model.window:,}. Send fewer messages."
             )
-        with self.ledger.call(purpose, self.name) as call, self._engine(single=True) as engine:
+        with self.ledger.call(purpose, self.name) as call, self._engine(single=True) as kept:
             call.tokens_in = len(prompt) + sum(map(len, answers))
-            means = np.array([np.mean(row) for row in self._scores(self._or_new(engine), prompt, answers)])
+            means = np.array([np.mean(row) for row in self._scores((kept or self._new()).engine, prompt, answers)])
         shares = np.exp(means - means.max())
         return [float(share) for share in shares / shares.sum()]
 
@@ -157,7 +165,7 @@ class LocalChat:
     def _pieces(
         self, messages: list[Message], sampling: Sampling, stop: Stop, max_tokens: int, purpose: str
     ) -> Iterator[str]:
-        with self.ledger.call(purpose, self.name) as call, self._engine(single=True) as engine:
+        with self.ledger.call(purpose, self.name) as call, self._engine(single=True) as kept:
             chunks = stream(
                 self.model,
                 messages,
@@ -165,7 +173,8 @@ class LocalChat:
                 sampling=sampling,
                 seed=self.seed,
                 stop=stop,
-                engine=engine,
+                drafter=self.drafter if kept is None else kept.drafter,
+                engine="auto" if kept is None else kept.engine,
             )
             for chunk in chunks:
                 call.tokens_in, call.tokens_out = chunk.stats.prompt_tokens, chunk.stats.new_tokens
@@ -173,14 +182,14 @@ class LocalChat:
                     yield chunk.text
 
     @contextmanager
-    def _engine(self, *, single: bool) -> Iterator[StepEngine | Literal["auto"]]:
+    def _engine(self, *, single: bool) -> Iterator[_Kept | None]:
         """The engine with the last answer's cache, when one text is asked for and no other thread has it."""
         if not (single and self._lock.acquire(blocking=False)):
-            yield "auto"
+            yield None
             return
         try:
             if self._kept is None:
-                self._kept = self._or_new("auto")
+                self._kept = self._new()
             yield self._kept
         except BaseException:
             self._kept = None  # an interrupted step may have left it halfway
@@ -188,12 +197,12 @@ class LocalChat:
         finally:
             self._lock.release()
 
-    def _or_new(self, engine: StepEngine | Literal["auto"]) -> StepEngine:
-        if not isinstance(engine, str):
-            return engine
-        from loci.lm.engine.hf import HFEngine
-
-        return HFEngine(self.model)
+    def _new(self) -> _Kept:
+        drafter = named_drafter(self.drafter, self.model)
+        engine = choose(self.model, needs=Needs() if drafter is None else drafter.needs)
+        if self.drafter == "auto" and engine.capabilities.max_nodes == 1:
+            drafter = None  # this model's memory cannot check guesses
+        return _Kept(engine, drafter)
 
     def _constraint(self, schema: Schema) -> JsonSchema:
         key = json.dumps(schema, sort_keys=True)
@@ -232,6 +241,17 @@ class LocalChat:
             scores.append(float(log_softmax(output.logits(0, 0))[token]))
             engine.commit([[0]])
         return scores
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What goes on from one answer to the next."""
+
+    engine: StepEngine
+    drafter: Drafter | None
+
+    def drafters(self, count: int) -> list[Drafter] | None:
+        return None if self.drafter is None else [self.drafter] * count
 
 
 def shared_tree(root: int, answers: Sequence[list[int]]) -> tuple[TokenTree, list[list[int]]]:

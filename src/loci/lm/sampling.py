@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64, UInt64
 
 from loci.errors import BadInput
 
@@ -121,14 +121,27 @@ def greedy(
     return int(np.argmax(logits if allowed is None else np.where(allowed, logits, -np.inf)))
 
 
+# The fourth word of Philox's counter keeps the streams of one place apart.
+_GUMBEL, _UNIFORM = 0, 1
+
+
 def gumbel(tokens: Int64[np.ndarray, " token"], *, seed: int, row: int, position: int) -> Float64[np.ndarray, " token"]:
     """Gumbel noise for these tokens at one place. Philox is keyed by seed and row, starts at the position, and gives
     token t its t-th number, whichever other tokens are asked for."""
-    counter = np.array([0, 0, position, 0], dtype=np.uint64)
-    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, row], dtype=np.uint64)
-    raw = np.random.Philox(key=key, counter=counter).random_raw(int(tokens.max()) + 1)[tokens]
-    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # never 0, never 1
+    raw = _philox(_GUMBEL, seed=seed, row=row, position=position).random_raw(int(tokens.max()) + 1)[tokens]
+    uniform = _open_interval(raw)
     return np.asarray(-np.log(-np.log(uniform)), dtype=np.float64)
+
+
+def _philox(stream: int, *, seed: int, row: int, position: int) -> np.random.Philox:
+    counter = np.array([0, 0, position, stream], dtype=np.uint64)
+    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, row], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter)
+
+
+def _open_interval(raw: UInt64[np.ndarray, " number"]) -> Float64[np.ndarray, " number"]:
+    """Numbers between 0 and 1, never 0, never 1."""
+    return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def draw(support: Support, *, seed: int, row: int, position: int) -> int:
@@ -137,3 +150,26 @@ def draw(support: Support, *, seed: int, row: int, position: int) -> int:
         return int(support.tokens[0])
     noise = gumbel(support.tokens, seed=seed, row=row, position=position)
     return int(support.tokens[np.argmax(support.scores + noise)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """The randomness of one row along a tree. What is drawn somewhere depends on seed, row and position alone, so that
+    runs repeat; a drafter has a generator of its own and never sees this one.
+
+    position: place in the text of the token that follows the tree's root.
+    """
+
+    seed: int
+    row: int
+    position: int
+
+    def draw(self, support: Support, *, depth: int) -> int:
+        """The token after a node at this depth: what plain sampling draws at its place."""
+        return draw(support, seed=self.seed, row=self.row, position=self.position + depth)
+
+    def uniforms(self, count: int, *, depth: int) -> Float64[np.ndarray, " attempt"]:
+        """Numbers between 0 and 1 for the attempts to accept a child of a node at this depth, and for the draw that
+        follows when none is; independent of `draw`."""
+        source = _philox(_UNIFORM, seed=self.seed, row=self.row, position=self.position + depth)
+        return _open_interval(source.random_raw(count))

@@ -272,17 +272,17 @@ def train_lora(
     console = Console(stderr=True)
     base = fingerprint(model.model)
     torch.manual_seed(recipe.seed)
-    adapted = _adapted(model.model, recipe)
-    weights = {_short(key): weight for key, weight in adapted.named_parameters() if weight.requires_grad}
+    adapted = with_adapters(model.model, recipe)
+    weights = {weight_name(key): weight for key, weight in adapted.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(
         weights.values(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
     )
     per_epoch = math.ceil(len(examples) / recipe.examples_per_step)
     total = per_epoch * recipe.epochs
-    workers = _Workers(recipe.examples_per_step, device=model.device.type)
-    run = _Run(identity={"recipe": _plain(recipe), "examples": len(examples), "base": base, "data": data})
+    workers = Workers(recipe.examples_per_step, device=model.device.type)
+    run = TrainingState(identity={"recipe": _plain(recipe), "examples": len(examples), "base": base, "data": data})
     if resume:
-        run = _restore(folder, run, weights, optimizer)
+        run = restore_checkpoint(folder, run, weights, optimizer)
     adapted.train()
     began = saved = time.monotonic() - run.seconds
     bar = Progress(
@@ -308,13 +308,13 @@ def train_lora(
                 recent = run.losses[-50:]
                 bar.update(task, completed=run.step, description=f"{name}  loss {sum(recent) / len(recent):.3f}")
                 if run.step == stop_after and run.step < total:
-                    _checkpoint(folder, run, weights, optimizer)
+                    save_checkpoint(folder, run, weights, optimizer)
                     return None
                 if time.monotonic() - saved > 60 * recipe.checkpoint_minutes:
-                    _checkpoint(folder, run, weights, optimizer)
+                    save_checkpoint(folder, run, weights, optimizer)
                     saved = time.monotonic()
     except KeyboardInterrupt:
-        _checkpoint(folder, run, weights, optimizer)
+        save_checkpoint(folder, run, weights, optimizer)
         console.print(f"Stopped after step {run.step} of {total}; it goes on from {folder}.", soft_wrap=True)
         raise
     finally:
@@ -324,7 +324,7 @@ def train_lora(
 
 
 @dataclass
-class _Run:
+class TrainingState:
     """What a checkpoint remembers besides tensors."""
 
     identity: Mapping[str, Any]
@@ -333,7 +333,7 @@ class _Run:
     losses: list[float] = field(default_factory=list)
 
 
-def _adapted(model: PreTrainedModel, recipe: LoraRecipe) -> PeftModel:
+def with_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> PeftModel:
     """The model with trainable adapters in it. `unload` takes them out again; the weights are never written."""
     try:
         from peft import LoraConfig, get_peft_model
@@ -386,7 +386,7 @@ def _thin_product() -> Any:
     return ThinProduct
 
 
-class _Workers:
+class Workers:
     """Runs examples side by side on CPU, one after another elsewhere. Results come in the order of the examples.
 
     One thread more than cores: each waits now and then for the interpreter's lock, and would leave its core idle.
@@ -409,7 +409,8 @@ class _Workers:
         torch.set_num_threads(self.before)
 
 
-def _short(key: str) -> str:
+def weight_name(key: str) -> str:
+    """The name under which an adapter's weight is stored."""
     return key.removeprefix("base_model.model.").removesuffix(".default.weight")
 
 
@@ -451,7 +452,7 @@ def _step(
     chosen: Sequence[int],
     weights: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
-    workers: _Workers,
+    workers: Workers,
     clip: float,
 ) -> float:
     """One step of the optimiser over the chosen examples; returns the mean loss of their targets."""
@@ -476,7 +477,9 @@ def _step(
     return summed / total
 
 
-def _checkpoint(folder: Path, run: _Run, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(
+    folder: Path, run: TrainingState, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> None:
     """Write the state beside the old one, then put it in its place: a crash leaves one of the two whole."""
     import torch
     from safetensors.torch import save_file
@@ -496,7 +499,10 @@ def _checkpoint(folder: Path, run: _Run, weights: Mapping[str, torch.Tensor], op
     new.rename(place)
 
 
-def _restore(folder: Path, fresh: _Run, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> _Run:
+def restore_checkpoint(
+    folder: Path, fresh: TrainingState, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> TrainingState:
+    """The state that `save_checkpoint` left in the folder, its tensors put back; `fresh` where there is none."""
     import torch
     from safetensors.torch import load_file
 
@@ -522,7 +528,7 @@ def _restore(folder: Path, fresh: _Run, weights: Mapping[str, torch.Tensor], opt
 
 def _finish(
     folder: Path,
-    run: _Run,
+    run: TrainingState,
     weights: Mapping[str, torch.Tensor],
     model: LanguageModel,
     *,

@@ -14,59 +14,44 @@ Trees and batches need a mask, so they are refused for flash-attention, for mode
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int32, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from loci.errors import BadInput, Unsupported
 from loci.lm.draft import Needs, PrefillResult, TokenTree
-from loci.lm.engine.base import Capabilities
+from loci.lm.engine.base import Capabilities, Injection, check_injections, injected, injection_places
+from loci.lm.engine.output import CHUNK, Fed, Output
 from loci.lm.model import LanguageModel
 
-# Tokens fed at once when a drafter wants the prompt's outputs: bounds the logits held (512 x vocabulary).
-CHUNK = 512
 # The largest tree: rows of the mask, and more than any measured step repays.
 MAX_NODES = 256
 
 
-@dataclass(frozen=True, eq=False)
-class Output:
-    """One step's outputs; rows and nodes in the order they were given."""
+NO_LAYERS = "the decoder's layers are not at model.model.layers"
 
-    scores: Float[Tensor, "row node vocabulary"]
-    layers: tuple[Float[Tensor, "row node width"], ...]
-    sizes: tuple[int, ...]  # nodes of each row's tree
-    ranks: int
-    _top: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def logits(self, row: int, node: int) -> Float32[np.ndarray, " vocabulary"]:
-        return self.scores[row, node].float().cpu().numpy()
+def _overwrite(
+    given: Sequence[tuple[Injection, Int64[Tensor, " _"], Int64[Tensor, " _"]]],
+) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A hook before a layer that overwrites probes' states. Places count through all rows of the step."""
 
-    def best(self) -> Int64[np.ndarray, "row node"]:
-        return self._best
+    def hook(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        before: Tensor = arguments[0] if arguments else named["hidden_states"]
+        states = before.flatten(0, 1).clone()
+        for injection, probes, sources in given:
+            states[probes] = injected(injection, states[sources])
+        after = states.view_as(before)
+        return ((after, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": after})
 
-    @cached_property
-    def _best(self) -> Int64[np.ndarray, "row node"]:
-        return self.scores.argmax(dim=-1).cpu().numpy()  # torch gives the first of equals
-
-    def topk(self, row: int) -> tuple[Int32[np.ndarray, "node rank"], Float32[np.ndarray, "node rank"]] | None:
-        if not self.ranks:
-            return None
-        logits, ids = self.scores[row, : self.sizes[row]].topk(self.ranks)
-        return ids.int().cpu().numpy(), logits.float().cpu().numpy()
-
-    def hidden(self, row: int) -> Float[Tensor, "layer node width"] | None:
-        if not self.layers:
-            return None
-        return torch.stack([layer[row, : self.sizes[row]] for layer in self.layers])
+    return hook
 
 
 class HFEngine:
@@ -89,6 +74,7 @@ class HFEngine:
         self._slots = self._before
         self._used: Bool[Tensor, "row slot"] | None = None  # None: every row uses every slot
         self._staged: tuple[TokenTree, ...] = ()
+        self._injections: tuple[Injection, ...] = ()
         self.capabilities = self._examine()
 
     def _examine(self) -> Capabilities:
@@ -102,8 +88,64 @@ class HFEngine:
             kinds = sorted({type(layer).__name__ for layer in self._cache.layers})
             why = f"its cache has layers that cannot keep a part of a step ({', '.join(kinds)})"
         return Capabilities(
-            max_nodes=1 if why else MAX_NODES, batch=not why and self.memory is None, hidden=True, hooks=False, why=why
+            max_nodes=1 if why else MAX_NODES,
+            batch=not why and self.memory is None,
+            hidden=True,
+            hooks=not why and self._layers is not None,
+            why=why,
         )
+
+    @property
+    def _width(self) -> int:
+        return int(cast(Any, self.model.get_input_embeddings()).weight.shape[1])
+
+    @property
+    def _decoder(self) -> Any:
+        return cast(Any, self.model).get_decoder()
+
+    @property
+    def _layers(self) -> torch.nn.ModuleList | None:
+        """The decoder's layers, where they are found under the usual name."""
+        layers = getattr(self._decoder, "layers", None)
+        count = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
+        return layers if isinstance(layers, torch.nn.ModuleList) and len(layers) == count else None
+
+    def inject(self, injections: Sequence[Injection]) -> None:
+        """See `InjectingEngine`. Each step puts its hooks on the layers and takes them away again."""
+        layers = self._layers
+        if injections and (layers is None or not self.capabilities.hooks):
+            raise Unsupported(
+                f"hidden states cannot be changed between layers here: {self.capabilities.why or NO_LAYERS}."
+            )
+        if injections and layers is not None:
+            check_injections(injections, layers=len(layers), width=self._width)
+            final = max(injection.layer for injection in injections) == len(layers)
+            if final and not isinstance(getattr(self._decoder, "norm", None), torch.nn.Module):
+                raise Unsupported("the model has no norm at model.model.norm, before which a state could be changed.")
+        self._injections = tuple(one.to(self.model.dtype, self.model.device) for one in injections)
+
+    @contextmanager
+    def _injected(self, trees: Sequence[TokenTree], size: int) -> Iterator[None]:
+        """The hooks of one step, on the layers only while it runs."""
+        places = injection_places(self._injections, trees, size)
+        layers = self._layers
+        if not places or layers is None:
+            yield
+            return
+        modules = [*layers, self._decoder.norm]
+        by_layer: dict[int, list[tuple[Injection, Tensor, Tensor]]] = {}
+        for injection, probes, sources in places:
+            where = (torch.from_numpy(part).to(self.model.device) for part in (probes, sources))
+            by_layer.setdefault(injection.layer, []).append((injection, *where))  # type: ignore[arg-type]
+        handles = [
+            modules[layer].register_forward_pre_hook(_overwrite(given), with_kwargs=True)
+            for layer, given in by_layer.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @property
     def _plain(self) -> bool:
@@ -146,8 +188,10 @@ class HFEngine:
     def prefill(self, prompts: Sequence[Sequence[int]], *, want: Needs) -> list[PrefillResult]:
         if not prompts or any(not len(prompt) for prompt in prompts):
             raise BadInput("a prompt has at least one token.")
-        if want.hooks:
-            raise Unsupported("this engine cannot change hidden states between layers, which the drafter needs.")
+        if want.hooks and not self.capabilities.hooks:
+            raise Unsupported(
+                f"hidden states cannot be changed between layers here: {self.capabilities.why or NO_LAYERS}."
+            )
         if len(prompts) == 1:
             return [self._prefill_one(list(prompts[0]), want)]
         if not self.capabilities.batch:
@@ -161,12 +205,11 @@ class HFEngine:
             for row, tokens in enumerate(fed):
                 ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
             # Padding stands behind each row's text, where causal attention never looks.
-            outputs = self._feed(ids, torch.arange(longest).expand(len(fed), -1), want if want.prefill else Needs())
-            if want.prefill:
-                results = [
-                    PrefillResult(tokens=tuple(prompt), **self._of_row(outputs, row, len(prompt) - 1))
-                    for row, prompt in enumerate(prompts)
-                ]
+            fed_now = self._feed(ids, torch.arange(longest).expand(len(fed), -1), want if want.prefill else Needs())
+            results = [
+                PrefillResult(tokens=tuple(prompt), **fed_now.of_row(row, len(prompt) - 1))
+                for row, prompt in enumerate(prompts)
+            ]
         self._tokens, self._slots = fed, longest
         if any(len(tokens) < longest for tokens in fed):
             lengths = torch.tensor([len(tokens) for tokens in fed])
@@ -176,7 +219,7 @@ class HFEngine:
     def _prefill_one(self, prompt: list[int], want: Needs) -> PrefillResult:
         known = self._tokens[0] if len(self._tokens) == 1 and self._used is None else None
         common = 0
-        if known is not None and not self._staged and not want.prefill:
+        if known is not None and not self._staged:
             while common < min(len(known), len(prompt) - 1) and known[common] == prompt[common]:
                 common += 1
             if common < len(known) and not self._cache.is_croppable:
@@ -190,39 +233,25 @@ class HFEngine:
         if not new:
             return PrefillResult(tokens=tuple(prompt), start=common)
         ids = torch.tensor([new], dtype=torch.long)
-        outputs = self._feed(ids, torch.arange(len(new))[None] + self._slots, want if want.prefill else Needs())
+        fed = self._feed(ids, torch.arange(len(new))[None] + self._slots, want if want.prefill else Needs())
         self._tokens, self._slots = [prompt[:-1]], self._before + len(prompt) - 1
-        return PrefillResult(
-            tokens=tuple(prompt), start=common, **(self._of_row(outputs, 0, len(new)) if want.prefill else {})
-        )
+        return PrefillResult(tokens=tuple(prompt), start=common, **fed.of_row(0, len(new)))
 
-    def _feed(
-        self, ids: Int64[Tensor, "row token"], positions: Int64[Tensor, "row token"], want: Needs
-    ) -> list[Output]:
+    def _feed(self, ids: Int64[Tensor, "row token"], positions: Int64[Tensor, "row token"], want: Needs) -> Fed:
         """Feed prompts behind what the cache holds. Without wants, in one piece and for no output at all."""
         asked = bool(want.topk or want.hidden)
         size = CHUNK if asked else ids.shape[1]
-        outputs = []
+        fed = Fed(want)
         try:
             for start in range(0, ids.shape[1], size):
                 piece = slice(start, start + size)
-                output = self._forward(ids[:, piece], positions[:, piece], None, want, every=asked)
+                output = self._forward(ids[:, piece], positions[:, piece], None, want, every=bool(want.topk))
                 if asked:
-                    outputs.append(output)
+                    fed.add(output.scores if want.topk else None, output.layers)
         except BaseException:
             self.reset()
             raise
-        return outputs
-
-    @staticmethod
-    def _of_row(outputs: list[Output], row: int, length: int) -> dict[str, Any]:
-        tops = [top for output in outputs if (top := output.topk(row)) is not None]
-        hidden = [layers for output in outputs if (layers := output.hidden(row)) is not None]
-        return {
-            "topk_ids": np.concatenate([ids for ids, _ in tops])[:length] if tops else None,
-            "topk_logits": np.concatenate([logits for _, logits in tops])[:length] if tops else None,
-            "hidden": torch.cat(hidden, dim=1)[:, :length] if hidden else None,
-        }
+        return fed
 
     @torch.inference_mode()
     def step(self, trees: Sequence[TokenTree], *, want: Needs) -> Output:
@@ -247,7 +276,8 @@ class HFEngine:
         mask = None if size == 1 and self._used is None else self._mask(trees, size)
         embeds = self._embeds(trees, ids) if any(tree.embeds is not None for tree in trees) else None
         try:
-            output = self._forward(ids, positions, mask, want, every=True, embeds=embeds)
+            with self._injected(trees, size):
+                output = self._forward(ids, positions, mask, want, every=True, embeds=embeds)
         except BaseException:
             self._roll_back()
             raise
